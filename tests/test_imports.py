@@ -154,11 +154,13 @@ MAY_IMPORT = {
     "scripts": ("engine", "parallel", "scheduler", "penstock"),
 }
 NOBODY_IMPORTS = ("scripts", "tests", "engine.commands", "penstock")
-# A late import needs a reason: the parent is watched before torch comes in; a server's front is without torch, and its
-# libraries come in while its engine's process loads; torch only where a report measures;
-# transformers only where it is compared; safetensors only where a checkpoint is written; sentencepiece only where a
-# tokenizer.model is read.
+# A late import needs a reason: the parent is watched before torch comes in; a command says its help and a user's
+# mistakes before that; a server's front is without torch, and its libraries come in while its engine's process loads;
+# torch only where a report measures; transformers only where it is compared; safetensors only where a checkpoint is
+# written; sentencepiece only where a tokenizer.model is read.
 LATE_IMPORTS = {
+    **dict.fromkeys(("engine.commands.chat", "engine.commands.generate"), {"engine.commands.said", "engine.llm"}),
+    "engine.commands.batch": {"engine.llm"},
     "engine.commands.worker": {"engine.runtime.start_engine", "parallel.launch"},
     "engine.commands.engine": {
         "engine.commands.said",

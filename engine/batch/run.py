@@ -3,6 +3,7 @@ it has ended."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from penstock.engine.batch.done_rows import DoneRows
 from penstock.engine.batch.job_files import JobFiles
@@ -14,7 +15,6 @@ from penstock.engine.batch.row_form import has_failed
 from penstock.engine.batch.rows import Row, RowReader
 from penstock.engine.batch.stopping import Stopping
 from penstock.engine.batch.windows import WINDOW, in_windows
-from penstock.engine.llm import LLM
 from penstock.engine.output import Sequence
 from penstock.engine.server.answers import Echo
 from penstock.engine.server.encoding import echoes_of, sequences_of
@@ -22,6 +22,9 @@ from penstock.engine.server.errors import ApiError, failed
 from penstock.engine.server.requests import Completion
 from penstock.engine.user_files import open_file
 from penstock.scheduler.batching.request import FinishReason
+
+if TYPE_CHECKING:
+    from penstock.engine.llm import LLM
 
 _MASK = 2**64 - 1
 QUEUED = 2  # sequences in flight for each seat: those that wait follow at once, and are what a pass is filled with
@@ -47,7 +50,7 @@ class BatchRun:
 
     def __init__(
         self,
-        llm: LLM,
+        llm: "LLM",
         reader: RowReader,
         done: DoneRows,
         files: JobFiles,

@@ -28,7 +28,6 @@ from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments
 from penstock.engine.commands.plan import plan_of
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM
 from penstock.engine.server.generation_defaults import read_defaults
 from penstock.engine.streams import mistake
 from penstock.parallel.launch import resolve_launch
@@ -79,6 +78,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 
 def _follow(config: EngineConfig) -> int:
     """Runs a rank that computes with rank 0. A launcher signals to all ranks, and rank 0 alone decides by that."""
+    from penstock.engine.llm import LLM  # with torch, which takes a second
+
     with LLM(**config.to_dict()) as llm:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -134,6 +135,8 @@ def _run_rows(config: EngineConfig, reader: RowReader, done: DoneRows, files: Jo
     """Runs the rows that have not run, and prints the summary. Tells whether all have run."""
     progress, run, is_whole = Progress(done.num_rows, done.num_done), None, done.num_done == done.num_rows
     if not is_whole or _others_wait(config):
+        from penstock.engine.llm import LLM
+
         began_s = time.perf_counter()
         say(f"loading {config.model}")
         with LLM(**config.for_job(_num_sequences(done)).to_dict()) as llm:

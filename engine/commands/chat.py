@@ -11,17 +11,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments, sampling_params
-from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import EngineConfig
-from penstock.engine.llm import LLM
 from penstock.engine.output import RequestOutput
 from penstock.engine.text.model_text import check_chat
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams, TooLong
 from penstock.scheduler.units import show_time
+
+if TYPE_CHECKING:
+    from penstock.engine.llm import LLM
 
 try:
     import readline  # with it input() edits lines
@@ -49,6 +51,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         raise ValueError("penstock chat starts its ranks itself: give -tp N instead of torchrun")
     params = sampling_params(args)
     check_chat(config)
+    from penstock.engine.commands.said import say_before  # with torch, which takes a second
+    from penstock.engine.llm import LLM
+
     with LLM(**config.for_job(1).to_dict()) as llm:
         say_before(llm, 1)
         llm.engine.times.keep()
@@ -72,7 +77,7 @@ def read_lines() -> Iterator[str]:
 class Chat:
     """A conversation. `outputs` are those of all answers, `answer_s` the seconds that they took."""
 
-    llm: LLM
+    llm: "LLM"
     params: SamplingParams
     system: str | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
@@ -107,6 +112,8 @@ class Chat:
         if not self.outputs:
             print("no answer yet", file=sys.stderr)
             return
+        from penstock.engine.commands.said import say_after
+
         last = self.outputs[-1]
         num_tokens = len(last.outputs[0].token_ids)
         held = f"{len(last.prompt_token_ids)} + {num_tokens} of {self.llm.loop.scheduler.max_model_len} tokens"

@@ -10,18 +10,19 @@ import json
 import sys
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.prompts import read_prompts
-from penstock.engine.commands.said import say_after, say_before
 from penstock.engine.config import METAVARS, EngineConfig
-from penstock.engine.llm import LLM
 from penstock.engine.output import RequestOutput, describe_errors
 from penstock.engine.text.model_text import check_chat, has_tokenizer, is_config_alone, model_first
 from penstock.engine.text.prompts import refuse_text
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
+
+if TYPE_CHECKING:
+    from penstock.engine.llm import LLM
 
 # how each field of SamplingParams is parsed and explained; its default is the dataclass's
 SAMPLING_FLAGS = {
@@ -95,6 +96,9 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
         with model_first(config):  # refused before the weights are loaded
             for index, prompt in enumerate(prompts):
                 refuse_text(config.model, index, prompt, params)
+    from penstock.engine.commands.said import say_after, say_before  # with torch, which takes a second
+    from penstock.engine.llm import LLM
+
     with LLM(**config.for_job((len(prompts) + len(chats)) * params.n).to_dict()) as llm:
         prompts += llm.render_chat(chats) if chats else []
         llm.check(prompts, params)
@@ -172,7 +176,7 @@ def say_errors(outputs: list[RequestOutput]) -> int:
     return 1 if errors else 0
 
 
-def say_transfers(llm: LLM, as_json: bool) -> None:
+def say_transfers(llm: "LLM", as_json: bool) -> None:
     """Prints the ledgers on a line of stderr: on stdout, every line is a prompt's."""
     if as_json:
         print(json.dumps({"transfers": llm.engine.transfers}), file=sys.stderr)

@@ -69,21 +69,22 @@ def read_vocabulary(file: str, metadata: Mapping[str, Any]) -> tuple[tokenizers.
     model = values.get("model", str)
     if model not in ("gpt2", "llama"):
         raise ValueError(f"{file}: {_KEY}model: {show_value(model)} is not read; read are 'gpt2' and 'llama'")
-    pieces = _pieces(values)
+    tokens, kinds = _tokens(values)
+    scores = values.array("scores", (float, int), len(tokens)) if model == "llama" else []
     numbers = {name: values.get(f"{key}_token_id", int, None) for name, key in _NAMED.items()}
     for name, number in numbers.items():
-        if number is not None and not 0 <= number < len(pieces):
+        if number is not None and not 0 <= number < len(tokens):
             raise ValueError(
-                f"{file}: {_KEY}{_NAMED[name]}_token_id: {number} is no id: there are {len(pieces)} tokens"
+                f"{file}: {_KEY}{_NAMED[name]}_token_id: {number} is no id: there are {len(tokens)} tokens"
             )
-    named = {name: pieces[number].text for name, number in numbers.items() if number is not None}
+    named = {name: tokens[number] for name, number in numbers.items() if number is not None}
     if model == "llama":
-        begins = True
+        begins, pieces = True, [Piece(*each) for each in zip(tokens, kinds, scores)]
         with library_errors(f"{file}: {_KEY}tokens: no tokenizer can be made of them"):
             backend = scored_bpe(pieces, named.get("unk_token"), values.get("add_space_prefix", bool, True))
     else:
         pre = _pre_tokenizer(values)
-        begins, backend = pre.begins, _byte_level(values, pieces, pre)
+        begins, backend = pre.begins, _byte_level(values, tokens, kinds, pre)
     return backend, named, _adds(values, named, begins)
 
 
@@ -125,16 +126,14 @@ class _Values:
         return values
 
 
-def _pieces(values: _Values) -> list[Piece]:
+def _tokens(values: _Values) -> tuple[list[str], list[int]]:
+    """The texts of all tokens, and their kinds."""
     tokens = values.array("tokens", (str,))
     if len(set(tokens)) < len(tokens):
         seen: set[str] = set()
         twice = next(token for token in tokens if token in seen or seen.add(token))
         raise ValueError(f"{values.file}: {_KEY}tokens: {show_value(twice)} is there twice")
-    kinds = values.array("token_type", (int,), len(tokens))
-    has_scores = values.get("model", str) == "llama"
-    scores = values.array("scores", (float, int), len(tokens)) if has_scores else [0.0] * len(tokens)
-    return [Piece(*each) for each in zip(tokens, kinds, scores)]
+    return tokens, values.array("token_type", (int,), len(tokens))
 
 
 def _pre_tokenizer(values: _Values) -> PreTokenizer:
@@ -146,16 +145,18 @@ def _pre_tokenizer(values: _Values) -> PreTokenizer:
     return PRE_TOKENIZERS[name]
 
 
-def _byte_level(values: _Values, pieces: list[Piece], pre: PreTokenizer) -> tokenizers.Tokenizer:
+def _byte_level(values: _Values, tokens: list[str], kinds: list[int], pre: PreTokenizer) -> tokenizers.Tokenizer:
+    """Makes no Piece of plain text: of 128k of them Python's collector would look at all that is imported, twice."""
     merges = [tuple(merge.split(" ")) for merge in values.array("merges", (str,))]
     if not all(len(merge) == 2 for merge in merges):
         wrong = next(merge for merge in merges if len(merge) != 2)
         raise ValueError(f"{values.file}: {_KEY}merges: {show_value(' '.join(wrong))} is no pair")
-    vocab = {piece.text: number for number, piece in enumerate(pieces)}
+    vocab = {text: number for number, text in enumerate(tokens)}
     with library_errors(f"{values.file}: {_KEY}merges: no tokenizer can be made of them"):
         backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=pre.whole))
     backend.normalizer = normalizers.NFC() if pre.composed else None
     backend.pre_tokenizer, backend.decoder = pre.made(), decoders.ByteLevel()
+    pieces = [Piece(text, kind) for text, kind in zip(tokens, kinds) if kind != Kind.NORMAL]
     own = [AddedToken(piece.text, normalized=False) for piece in pieces if piece.kind == Kind.USER_DEFINED]
     backend.add_tokens([*special_tokens(pieces), *own])
     return backend

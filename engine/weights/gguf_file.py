@@ -5,6 +5,7 @@ from a multiple of general.alignment on, the data. Everything that a header can 
 that names the file and the field. A model in several files (NAME-00001-of-00003.gguf) is opened by any of them.
 """
 
+import functools
 import math
 import os
 import re
@@ -51,9 +52,16 @@ def gguf_files(path: str | Path) -> list[Path]:
 
 def read_gguf(path: str | Path) -> GGUFHeader:
     """The header of a model, of one file or of all its shards. Raises ValueError naming the file, and the key or tensor
-    that is at fault."""
+    that is at fault. The last one is kept, and read again once a file is another one: a start asks for it five times,
+    and a large vocabulary takes a tenth of a second."""
     path = Path(path)
     shards = _shards(path)
+    return _read(path, tuple(shards), tuple(map(_state, shards or [path])))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(path: Path, shards: tuple[Path, ...], states: tuple) -> GGUFHeader:
+    """The header of files in these states."""
     if not shards:
         header = _read_one(path)
         count = header.metadata.get("split.count", 1)
@@ -62,6 +70,16 @@ def read_gguf(path: str | Path) -> GGUFHeader:
             raise ValueError(f"{path}: {why}")
         return header
     return _joined([_read_shard(shard, number, len(shards)) for number, shard in enumerate(shards)])
+
+
+def _state(file: Path) -> tuple[int, ...] | None:
+    """The state of a file, another one once it has been replaced or written to; None if there is none, as its reader
+    will say."""
+    try:
+        found = file.stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _shards(path: Path) -> list[Path]:

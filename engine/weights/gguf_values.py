@@ -4,7 +4,9 @@ A header has no length of its own, so it is read as far as it is asked for, and 
 a count promises is compared with the bytes that are left before anything is made of it.
 """
 
+import contextlib
 import struct
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from penstock.scheduler.units import MIB, show_value
@@ -17,6 +19,7 @@ MAX_NAME_BYTES = 256  # of a key or a tensor's name
 _READ_BYTES = MIB
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")  # of a string
 
 
 class HeaderValues:
@@ -80,16 +83,32 @@ class HeaderValues:
         raise self.error(f"there is no type of value {kind}")
 
     def _strings(self, count: int) -> list[str]:
+        """A loop of few calls: a vocabulary and its merges are half a million strings."""
         self._counted(count, 8)
-        return [self._text(self.number("Q")) for _ in range(count)]
+        data, end, texts = self._data, self.position, []
+        with self._utf8():
+            for _ in range(count):
+                start = end + 8
+                if start > len(data):
+                    self._read(start)
+                end = start + _LENGTH.unpack_from(data, end)[0]
+                if end > len(data):
+                    self._read(end)
+                texts.append(data[start:end].decode())
+        self.position = end
+        return texts
 
     def _text(self, length: int) -> str:
         start = self._take(length)
-        try:
+        with self._utf8():
             return self._data[start : start + length].decode()
-        except UnicodeDecodeError:
-            text = show_value(bytes(self._data[start : start + length][:40]))
-            raise self.error(f"a string is not UTF-8: {text}") from None
+
+    @contextlib.contextmanager
+    def _utf8(self) -> Iterator[None]:
+        try:
+            yield
+        except UnicodeDecodeError as error:
+            raise self.error(f"a string is not UTF-8: {show_value(bytes(error.object[:40]))}") from None
 
     def _counted(self, count: int, least_bytes: int) -> None:
         """Raises ValueError unless so many values, of at least so many bytes each, can follow."""

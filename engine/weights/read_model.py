@@ -16,7 +16,7 @@ from penstock.engine.model.families import FAMILIES, config_file, read_config, r
 from penstock.engine.model.layout import expected_tensors
 from penstock.engine.model.spec import ModelSpec, TensorNames
 from penstock.engine.user_files import open_file, read_json
-from penstock.engine.weights.gguf_file import MAGIC, is_gguf
+from penstock.engine.weights.gguf_file import MAGIC, is_gguf, read_gguf
 from penstock.engine.weights.gguf_model import read_gguf_spec
 from penstock.engine.weights.headers import (
     DTYPES,
@@ -67,19 +67,24 @@ def read_model(path: str | Path, dummy: bool = False) -> Model:
 
 def read_model_to_plan(path: str | Path, dummy: bool = False) -> Model:
     """The model as read_model gives it, or, where there are no weights or they cannot be loaded, that of config.json
-    alone. Raises ValueError as read_model does for config.json alone."""
+    alone (of a GGUF file, that of its metadata and types) with a note. Raises ValueError as read_model does for that
+    alone."""
     path = Path(path)
     if is_gguf(path):
-        return Model(read_gguf_spec(path))
-    told = _read_config(path)
-    model = _as_configured(path, *told)
-    if dummy or not path.is_dir() or not has_weights(path):
+        model, has_tensors = Model(read_gguf_spec(path)), True
+    else:
+        told = _read_config(path)
+        model, has_tensors = _as_configured(path, *told), path.is_dir() and has_weights(path)
+    if dummy or not has_tensors:
         return model
     try:
-        entries = find_entries(path)
-        stored = _as_stored(path, entries, *told)
-        names = tensor_names(stored.spec)
-        check_entries(path, entries, expected_tensors(stored.spec, names), names.ignorable, DTYPES)
+        if is_gguf(path):
+            entries, stored = read_gguf(path).tensors, model
+        else:
+            entries = find_entries(path)
+            stored = _as_stored(path, entries, *told)
+        names, dtypes = tensor_names(stored.spec), {*DTYPES, *(kind for _, kind in stored.spec.formats)}
+        check_entries(path, entries, expected_tensors(stored.spec, names), names.ignorable, dtypes)
         return stored
     except ValueError as error:
         return replace(model, notes=(*model.notes, f"planned without the weights, which cannot be loaded: {error}"))

@@ -9,9 +9,9 @@ import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
-from penstock.engine.commands import batch
 from penstock.engine.commands.cli import main
 from penstock.engine.compute.sampler import SampleOutput
 from penstock.engine.config import EngineConfig
@@ -65,11 +65,8 @@ def same_job(first: Path, other: Path) -> None:
 
 def run_here(llm, given: Path, output: Path, *more: str) -> int:
     """The command's exit status, on an engine that is there."""
-    before, batch.LLM = batch.LLM, lambda **options: contextlib.nullcontext(llm)
-    try:
+    with mock.patch("penstock.engine.llm.LLM", lambda **options: contextlib.nullcontext(llm)):
         return main(["batch", *MODEL, "-i", str(given), "-o", str(output), *map(str, more)])
-    finally:
-        batch.LLM = before
 
 
 def begin_in_fork(work: Callable[[], int]) -> int:

@@ -330,7 +330,7 @@ def test_rates_that_are_given_are_not_measured(capsys):
 
 def test_a_text_for_a_gguf_file_without_vocabulary_is_refused_before_weights_are_loaded(tmp_path, monkeypatch, capsys):
     write_model(tmp_path / "m.gguf", "llama", sizes=SMALL)
-    monkeypatch.setattr("penstock.engine.commands.generate.LLM", lambda **config: pytest.fail("loaded"))
+    monkeypatch.setattr("penstock.engine.llm.LLM", lambda **config: pytest.fail("loaded"))
     assert run("--model", str(tmp_path / "m.gguf"), "--prompt", "a") == 2
     told = "m.gguf: no tokenizer (keys tokenizer.ggml.*), so prompt 0 cannot have a text prompt; give token ids"
     assert told in capsys.readouterr().err

@@ -236,6 +236,22 @@ def test_the_public_face_is_lazy():
         penstock.LMM  # noqa: B018
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(("generate", "--help"), ("chat", "--help"), ("batch", "--help")),
+        *(("generate", "--model", "nowhere", "--chat", "a"), ("chat", "--model", "nowhere")),
+        ("batch", "--model", "nowhere", "-i", "a.txt", "-o", "b.jsonl"),
+    ],
+    ids=str,
+)
+def test_a_command_brings_no_torch_in_before_it_starts_an_engine(words):
+    code = f"import sys, penstock.engine.commands.cli as cli; status = cli.main({words}); sys.exit(status)"
+    code = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == (0 if "--help" in words else 2) and done.stdout.endswith("False\n"), done.stderr
+
+
 def test_the_version_is_said_once(capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["--version"])

@@ -78,6 +78,21 @@ def test_shards_are_one_model_by_any_of_them(tmp_path):
     assert headers[0].metadata["x.string"] == "Übung 🙂"
 
 
+def test_a_header_is_read_again_once_a_file_of_it_is_another_one(tmp_path):
+    write(tmp_path / "m.gguf", VALUES, shards=2)
+    file, second = sorted(tmp_path.iterdir())
+    header = read_gguf(file)
+    assert read_gguf(file) is header
+    os.utime(second, ns=(0, 0))
+    assert (again := read_gguf(file)) is not header and again == header
+    with open(second, "ab") as stream:
+        stream.write(b"more")
+    assert read_gguf(file) is not again
+    second.unlink()
+    with pytest.raises(ValueError, match="00002-of-00002.gguf: missing"):
+        read_gguf(file)
+
+
 @pytest.mark.parametrize("alignment", [8, 64, 4096])
 def test_data_begins_at_the_alignment_of_the_file(tmp_path, alignment):
     file = tmp_path / "m.gguf"

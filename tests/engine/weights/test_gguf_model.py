@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from penstock.engine.commands.plan import plan_of
 from penstock.engine.config import EngineConfig
 from penstock.engine.kernels.block_parts import in_parts
 from penstock.engine.kernels.dequantise import dequantise
@@ -311,6 +312,9 @@ def test_tensors_that_are_not_the_models_are_refused(tmp_path, shapes, message):
     with pytest.raises(ValueError) as raised:
         open_source(config, file, plan)
     assert message in str(raised.value) and str(file) in str(raised.value)
+    told = f"planned without the weights, which cannot be loaded: {raised.value}"
+    assert plan_of(dataclasses.replace(config, device="cpu")).notes == (told,)
+    assert plan_of(dataclasses.replace(config, device="cpu", load_format="dummy")).notes == ()
 
 
 def test_the_smallest_file_that_is_whole_loads(tmp_path):
