@@ -8,6 +8,7 @@ import tiktoken
 import transformers
 from penstock.engine.text.bpe import byte_letters
 from penstock.engine.text.tokenizer import Tokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.mistral.tokenizer import MistralConverter
 
 from tests.support.vocabularies import (
@@ -191,5 +192,5 @@ def test_a_symbol_may_be_an_added_token(tmp_path):
 
 
 def test_letters_are_those_of_byte_level_bpe():
-    bytes_to_unicode = transformers.convert_slow_tokenizer.bytes_to_unicode()
-    assert byte_letters() == [bytes_to_unicode[byte] for byte in range(256)]
+    letters = bytes_to_unicode()
+    assert byte_letters() == [letters[byte] for byte in range(256)]
