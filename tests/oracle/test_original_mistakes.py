@@ -186,4 +186,4 @@ def test_nothing_is_found_where_steps_are_fused(checkpoint, monkeypatch, variant
     monkeypatch.setattr(Binder, "_of_lasts", lambda *given: selected.append(given) or of_lasts(*given))
     debug = RUN["debug"] | {"as_on_gpu": device == "cpu"}
     rows = compare(checkpoint(variant), TOKENS, dtype, **RUN | {"device": device, "debug": debug})
-    assert first_fault(rows) is None and bool(selected) == (dtype == "float32")
+    assert first_fault(rows) is None and (selected or dtype != "float32")
