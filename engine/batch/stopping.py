@@ -1,11 +1,10 @@
 """Lets signals end a job: its rows after the pass that runs now, all else (loading, sorting) at once."""
 
 import contextlib
-import signal
 from collections.abc import Iterator
 from typing import Self
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the last when its terminal is gone
+from penstock.engine.server.signals import heard_by
 
 
 class Stopped(BaseException):
@@ -13,22 +12,19 @@ class Stopped(BaseException):
 
 
 class Stopping:
-    """A context in which the first of the SIGNALS sets `is_asked`, and raises Stopped but in `awaited`; later ones do
-    nothing more. One that is ignored, as SIGHUP by `nohup` or SIGINT in the background of a script, stays so."""
+    """A context in which the first of the signals that end a job sets `is_asked`, and raises Stopped but in `awaited`;
+    later ones do nothing more."""
 
     def __init__(self):
         self.is_asked = self._is_awaited = False
-        self._before: dict[int, signal.Handlers] = {}
+        self._signals = heard_by(self._hear)
 
     def __enter__(self) -> Self:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, lambda *_: self._hear())
+        self._signals.__enter__()
         return self
 
     def __exit__(self, *exc) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._signals.__exit__(*exc)
 
     @contextlib.contextmanager
     def awaited(self) -> Iterator[None]:

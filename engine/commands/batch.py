@@ -7,7 +7,6 @@ Standard output gets one JSON object at the end, standard error all else. Under 
 import argparse
 import json
 import re
-import signal
 import sys
 import time
 from typing import Any
@@ -22,13 +21,14 @@ from penstock.engine.batch.merge import merge
 from penstock.engine.batch.progress import Progress, duration, summary
 from penstock.engine.batch.rows import RowReader
 from penstock.engine.batch.run import BatchRun
-from penstock.engine.batch.stopping import SIGNALS, Stopped, Stopping
+from penstock.engine.batch.stopping import Stopped, Stopping
 from penstock.engine.commands.check_model import check_model
 from penstock.engine.commands.flags import Groups
 from penstock.engine.commands.generate import SAMPLING_FLAGS, add_sampling_arguments
 from penstock.engine.commands.plan import plan_of
 from penstock.engine.config import EngineConfig
 from penstock.engine.server.generation_defaults import read_defaults
+from penstock.engine.server.signals import ignore
 from penstock.engine.streams import mistake
 from penstock.parallel.launch import resolve_launch
 from penstock.scheduler.batching.request import SamplingParams
@@ -81,8 +81,7 @@ def _follow(config: EngineConfig) -> int:
     from penstock.engine.llm import LLM  # with torch, which takes a second
 
     with LLM(**config.to_dict()) as llm:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore()
         llm.serve()
     return DONE
 

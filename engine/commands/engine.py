@@ -3,11 +3,10 @@ descriptor of the channel arrive as JSON on stdin; it works until the front says
 processes of a service are for the front, which answers its clients first."""
 
 import json
-import signal
 import socket
 
 from penstock.engine.config import EngineConfig
-from penstock.engine.server.options import SIGNALS
+from penstock.engine.server.signals import ignore
 from penstock.parallel.failure import exit_with_parent
 
 
@@ -16,8 +15,7 @@ def add_arguments(groups) -> None:
 
 
 def run(args, config: EngineConfig) -> int:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore()
     told = json.loads(exit_with_parent())
     from penstock.engine.commands.said import say_before  # imports torch: the front is watched before that
     from penstock.engine.llm import LLM

@@ -5,14 +5,11 @@ and the others compute with its engine.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
 
 from penstock.engine.commands.check_model import check_model
 from penstock.engine.commands.flags import Groups, add_flag
@@ -22,8 +19,9 @@ from penstock.engine.server.engine_process import EngineProcess
 from penstock.engine.server.generation_defaults import FILE, read_defaults
 from penstock.engine.server.listener import bind
 from penstock.engine.server.open_files import allow_many
-from penstock.engine.server.options import FIELDS, KEY_VARIABLE, SIGNALS, ServeOptions
+from penstock.engine.server.options import FIELDS, KEY_VARIABLE, ServeOptions
 from penstock.engine.server.request_log import request_log
+from penstock.engine.server.signals import heard_by, ignore
 from penstock.engine.text.model_text import has_tokenizer
 from penstock.engine.weights.read_model import check_there
 from penstock.parallel.launch import resolve_launch
@@ -44,7 +42,8 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
     if resolve_launch(config.tensor_parallel_size).rank > 0:
         return follow(config)
     allow_many()
-    with bind(options.host, options.port) as listener, request_log(options.request_log) as log, ended_by_signals():
+    # nobody is served before the server hears signals itself
+    with bind(options.host, options.port) as listener, request_log(options.request_log) as log, heard_by(sys.exit):
         check_there(find_model(config.model))  # all the rest of the model may take a while
         address, port = listener.getsockname()[:2]
         say(f"listening on http://{f'[{address}]' if ':' in address else address}:{port}, loading {config.model}")
@@ -68,26 +67,12 @@ def run(args: argparse.Namespace, config: EngineConfig) -> int:
 def follow(config: EngineConfig) -> int:
     """Does what rank 0 says until that one ends: torchrun tells all ranks when they are to end, and rank 0 answers its
     clients first."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    ignore()
     from penstock.engine.llm import LLM  # with torch, which rank 0 has in another process
 
     with LLM(**config.to_dict()) as llm:
         llm.serve()
     return 0
-
-
-@contextlib.contextmanager
-def ended_by_signals() -> Iterator[None]:
-    """A context that a signal ends, and all with it: nobody is served before the server hears them itself. One that is
-    ignored, as SIGHUP by `nohup`, stays so."""
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: sys.exit(0)) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def options_of(args: argparse.Namespace) -> ServeOptions:

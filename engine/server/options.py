@@ -1,14 +1,12 @@
 """The options of a server, beside those of its engine: the flags of `penstock serve` are made from these fields."""
 
 import dataclasses
-import signal
 from dataclasses import dataclass
 
 from penstock.engine.config import option
 from penstock.scheduler.units import show_value
 
 KEY_VARIABLE = "PENSTOCK_API_KEY"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # that end a server; the last when its terminal is gone
 
 
 @dataclass(frozen=True)

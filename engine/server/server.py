@@ -22,8 +22,8 @@ from penstock.engine.server.app import make_app
 from penstock.engine.server.connection import Connection
 from penstock.engine.server.engine_process import EngineProcess
 from penstock.engine.server.open_files import LoopErrors
-from penstock.engine.server.options import SIGNALS
 from penstock.engine.server.service import Service
+from penstock.engine.server.signals import not_ignored
 
 ANSWER_S = 3.0  # for clients to take the last answer, once the engine has ended or all was aborted
 # For the engine's process to end: one that serves, one that has failed and says why, and one that loads or is stopped.
@@ -79,9 +79,8 @@ class Server:
         """Returns whether the engine has failed."""
         loop, service = asyncio.get_running_loop(), self.service
         loop.set_exception_handler(LoopErrors(self._say))
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-                loop.add_signal_handler(number, self._hear, number)
+        for number in not_ignored():
+            loop.add_signal_handler(number, self._hear, number)
         serving = asyncio.create_task(self._uvicorn.serve([listener]))
         service.engine.attach(self.process.channel)
         others = [asyncio.create_task(self._open()), asyncio.create_task(self._watch())]

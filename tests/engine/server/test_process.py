@@ -22,8 +22,8 @@ from penstock.engine.commands.cli import main
 from penstock.engine.config import EngineConfig
 from penstock.engine.planning.find_model import find_model
 from penstock.engine.server.generation_defaults import read_defaults
-from penstock.engine.server.options import SIGNALS
 from penstock.engine.server.server import Server
+from penstock.engine.server.signals import SIGNALS
 
 from tests.support.commands import SLOW, TORCHRUN
 from tests.support.server_process import ServerProcess, server_process
