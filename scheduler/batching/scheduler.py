@@ -187,26 +187,28 @@ class Scheduler:
         pass with such a chunk otherwise."""
         assert batch is self._under_way[-1].batch, "not the newest batch"
         _, requests, coming = self._under_way[-1]
-        both = list(zip(batch.rows, requests, strict=True))
-        ended = [row for row, request in both if request.finish_reason is not None]
-        for row in ended:
-            self.composer.budget.give_back(row)
+        ended, going = [], []
+        for row, request in zip(batch.rows, requests, strict=True):
+            if request.finish_reason is None:
+                going.append((row, request))
+            else:
+                self.composer.budget.give_back(row)
+                ended.append(row)
         shared = self.cache.still_coming(coming) if ended else set()
         is_missed = any(self._computes_any(row, shared) for row in ended)
-        cut = [(row, request) for row, request in both if not row.samples and request.finish_reason is None]
-        if len(ended) == len(both) or is_missed or self._must_start_anew(cut):
+        cut = [(row, request) for row, request in going if not row.samples]
+        if not going or is_missed or self._must_start_anew(cut):
             self.withdraw(batch)
             return None
         entered = [] if cut else self.composer.let_in()
         if not entered:
             return batch
-        stay = [row for row, request in both if request.finish_reason is None]
         self._under_way.pop()
         for request in requests:
             request.num_under_way -= request.finish_reason is not None
         self.counts.take_pass_back()
         self._note_pass()
-        return self._put_under_way([*stay, *entered], batch.moves, coming)
+        return self._put_under_way([*(row for row, _ in going), *entered], batch.moves, coming)
 
     def _computes_any(self, row: BatchRow, pages: set[int]) -> bool:
         """Tells whether a row's own tokens lie in any of these pages."""
